@@ -22,16 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from simulate.peers import afd_rows, kernelflume_rows
-from simulate.published import (
-    BATCH_GAIN,
-    GAINS,
-    Cell,
-    closed_gains,
-    compute_bound,
-    evaluation,
-    overlap_rows,
-    table,
-)
+from simulate.published import BATCH_GAIN, GAINS, Cell, closed_gains, compute_bound, evaluation, overlap_rows, table
 
 from lamina.cli.main import app
 from lamina.cli.terminal import ProgressBars

@@ -31,10 +31,7 @@ if TYPE_CHECKING:
     from lamina.models.weight_memory import WeightMemory
 
 PACKAGES = ("torch", "numpy", "numba", "tokenizers", "transformers")
-_KERNELS = {
-    "cpu": "loops compiled by numba",
-    "triton": "Triton's interpreter, slow, as LAMINA_KERNELS says",
-}
+_KERNELS = {"cpu": "loops compiled by numba", "triton": "Triton's interpreter, slow, as LAMINA_KERNELS says"}
 _READING = 0.6  # of a step of one sequence: of small models 0.44, of larger ones 0.65 (docs/internals/performance.md)
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 

@@ -33,8 +33,7 @@ _URL = "http://127.0.0.1:8000"
 
 def join(
     server: Annotated[
-        str | None,
-        typer.Option(metavar="HOST[:PORT]", help="Default: the known one, or the one on this network."),
+        str | None, typer.Option(metavar="HOST[:PORT]", help="Default: the known one, or the one on this network.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What the server calls this machine. Default: its own name.")] = None,
     memory: Annotated[

@@ -80,8 +80,7 @@ _SYNTAX: Mapping[Any, Mapping[str, Any]] = {
 
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Model = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help=MODELS, show_default=DEFAULT_MODEL, autocompletion=complete_model),
+    str | None, typer.Option("--model", "-m", help=MODELS, show_default=DEFAULT_MODEL, autocompletion=complete_model)
 ]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODELS, autocompletion=complete_model)]
 ModelNames = Annotated[

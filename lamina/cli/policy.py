@@ -29,10 +29,7 @@ Sink = Annotated[int | None, typer.Option(help="First tokens that a head with a 
 
 @policy_app.command("import")
 def import_(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="DuoAttention's full_attention_heads.tsv."),
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="DuoAttention's full_attention_heads.tsv.")],
     out: Out,
     sparsity: Annotated[
         float | None, typer.Option(help="DuoAttention: the share of KV heads that become streaming, 0 to 1 [0.5].")

@@ -179,13 +179,7 @@ class LocalModelWorkers(ModelSupervisor[LocalWorker]):
     starts them all (`child_process` says why).
     """
 
-    def __init__(
-        self,
-        count: int,
-        *,
-        threads: int,
-        command: Callable[[str, str], Sequence[str]] | None = None,
-    ) -> None:
+    def __init__(self, count: int, *, threads: int, command: Callable[[str, str], Sequence[str]] | None = None) -> None:
         super().__init__(count)
         self._command = command or (lambda name, address: model_command(name, address, threads))
 

@@ -374,11 +374,7 @@ class KvMigration:
         return True
 
     def _copy(
-        self,
-        moving: _Migrating,
-        new: tuple[Part, ...],
-        rows: tuple[int, int, int],
-        taken: Callable[[], None] = nothing,
+        self, moving: _Migrating, new: tuple[Part, ...], rows: tuple[int, int, int], taken: Callable[[], None] = nothing
     ) -> Copying:
         """As `KvCopies.copy`. A move without room is given up."""
         floor, prompt = moving.sequence.floor, len(moving.sequence.tokens)

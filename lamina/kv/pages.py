@@ -58,14 +58,7 @@ class PageRuns:
         """The leaves of a new sequence. Which others have the pages of its first `known` tokens too is unknown."""
         return {share: PageRun(share, max(share.lo, self._end(known)), 0, floor=floor) for share in layout}
 
-    def fork(
-        self,
-        source: Runs,
-        length: int,
-        prefix: bool = False,
-        users: int = 1,
-        policy: str | None = None,
-    ) -> Runs:
+    def fork(self, source: Runs, length: int, prefix: bool = False, users: int = 1, policy: str | None = None) -> Runs:
         """The leaves of an owner that shares the first `length` tokens of another, of that policy; None: of the
         other's. Those of a prefix are whole pages, and may be without users."""
         forks, cut = {}, self._end(length)

@@ -293,13 +293,7 @@ class Spares:
         return self._keep(handle, Spare(group, part, PageRun(share, share.lo, share.lo, users=0), share.lo))
 
     def _further(
-        self,
-        owner: Owner,
-        group: Layout,
-        spare: Spare | None,
-        at: int,
-        end: int,
-        others: Callable[[], Iterable[Owner]],
+        self, owner: Owner, group: Layout, spare: Spare | None, at: int, end: int, others: Callable[[], Iterable[Owner]]
     ) -> tuple[Spare, int] | None:
         """A spare of another owner that can take the place of one with the first `at` tokens, since it has more of the
         pages that both owners share; and up to where it has them."""

@@ -106,10 +106,7 @@ class EngineActor:
         return {"folder": str(folder), "files": file_hashes(folder), "limits": limits, "possible": possible}
 
     def update_workers(
-        self,
-        number: int,
-        slots: Sequence[tuple[WorkerAddress | None, WorkerStatus]],
-        workers: Sequence[WorkerAddress],
+        self, number: int, slots: Sequence[tuple[WorkerAddress | None, WorkerStatus]], workers: Sequence[WorkerAddress]
     ) -> None:
         """Set the slots for attention workers, and the workers that the engine may use. Calls may overtake one another:
         an older `number` than the last has no effect."""

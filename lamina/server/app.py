@@ -82,10 +82,7 @@ _WORKING = tuple(status for status in _ERRORS if status != 409)
 
 
 def create_app(
-    served: Frontend | Models,
-    settings: ServerSettings,
-    metrics: Metrics,
-    machines: Machines | None = None,
+    served: Frontend | Models, settings: ServerSettings, metrics: Metrics, machines: Machines | None = None
 ) -> FastAPI:
     """The application of one model, or of several. The frontends' observers must be set before; engines may come
     later."""

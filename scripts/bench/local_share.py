@@ -150,13 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     from lamina import LLM
 
-    options = {
-        "prefix_cache": False,
-        "lanes": 1,
-        "kv_memory": "2GiB",
-        "local_share": 1.0,
-        "query_first": "never",
-    }
+    options = {"prefix_cache": False, "lanes": 1, "kv_memory": "2GiB", "local_share": 1.0, "query_first": "never"}
     worker, address = start_worker()
     with LLM(args.model, attention_workers=[address], **options) as llm:
         here, there = delays(llm, worker, args)

@@ -172,10 +172,7 @@ def serve(args: argparse.Namespace, batch: int, context: int) -> None:
                 given = True
             completions = llm.generate(prompts.each, max_tokens=asked, ignore_eos=True)
             told = [
-                {
-                    "step": (c.timing.total - c.timing.first_token) / (c.timing.tokens - 1),
-                    "stats": dict(c.stats),
-                }
+                {"step": (c.timing.total - c.timing.first_token) / (c.timing.tokens - 1), "stats": dict(c.stats)}
                 for c in completions
             ]
             print(json.dumps(told), file=answers, flush=True)

@@ -135,10 +135,7 @@ def test_what_a_server_refuses_or_nobody_answers_is_said(server: Server, there: 
     for call, words in (
         (lambda: lamina.connect(server.url, api_key="wrong"), "the server refuses"),
         (lambda: lamina.connect("http://127.0.0.1:1"), "no server answers at http://127.0.0.1:1"),
-        (
-            lambda: lamina.connect("http://127.0.0.1:port"),
-            "no server answers at .*port: nonnumeric port",
-        ),
+        (lambda: lamina.connect("http://127.0.0.1:port"), "no server answers at .*port: nonnumeric port"),
     ):
         with pytest.raises(EngineError, match=words):
             call()

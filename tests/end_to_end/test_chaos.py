@@ -183,10 +183,7 @@ def test_a_stopped_worker_is_lost_in_time_and_fenced_when_it_returns(model, expe
 @pytest.mark.fault("F02")
 def test_with_nobody_left_requests_end_with_an_error_in_time(model):
     """The only worker is no child of this engine, and does not come back."""
-    with (
-        worker_process() as worker,
-        running(model, attention_workers=[worker.address], recovery_timeout=1.0) as llm,
-    ):
+    with worker_process() as worker, running(model, attention_workers=[worker.address], recovery_timeout=1.0) as llm:
         events = llm.stream(PROMPTS[0], max_tokens=TOKENS, temperature=0)
         next(events)
         os.kill(worker.process.pid, signal.SIGKILL)

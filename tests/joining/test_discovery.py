@@ -82,9 +82,7 @@ def test_who_announces_the_id_of_another_server_is_not_connected_to(monkeypatch:
     assert heard(info("10.0.0.1", "")) == []
 
 
-def test_who_announces_the_id_of_a_known_server_needs_its_certificate(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_who_announces_the_id_of_a_known_server_needs_its_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody could have a machine, which with --yes asks nobody, join another server when its own was gone."""
     known = KnownServer(ID, "den", "1" * 16, "2" * 64, "gone", 1)
     liar, right = (FoundServer("den", (host,), 1, ID[:16]) for host in ("liar", "right"))

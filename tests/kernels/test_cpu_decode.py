@@ -38,10 +38,7 @@ from lamina_kernels.paged.rows import EVERYTHING
 from lamina_kernels.partial import merge
 from lamina_kernels.select import CHOICES, Kernels
 
-PATHS = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[1] / "support"),
-]  # of a child process
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]  # of a child process
 
 F32, BF16, F16, I8, F8 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
 CPU_DTYPES = [F32, BF16, F16, I8]

@@ -22,10 +22,7 @@ from lamina_kernels.sketches import sketches
 from lamina_kernels.sketches.items import MISSED, Choice, Items
 from lamina_kernels.sketches.layout import Sketches
 
-PATHS = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[1] / "support"),
-]  # of a child process
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]  # of a child process
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 DTYPES = [F32, BF16, F16, I8]

@@ -46,9 +46,7 @@ def pool_of(workers: Workers, config: EngineConfig = EngineConfig(), **options: 
 
 
 @pytest.mark.fault("F28")
-def test_an_engine_without_the_journal_that_was_asked_for_leaves_no_kv_behind(
-    tmp_path: Path,
-) -> None:
+def test_an_engine_without_the_journal_that_was_asked_for_leaves_no_kv_behind(tmp_path: Path) -> None:
     config = EngineConfig(journal=str(tmp_path), worker_linger=7)
     assert identify(config, None) == Identity()
     journal = Journal(tmp_path, Facts("m", 16, "float32", 1))

@@ -99,10 +99,7 @@ def test_what_a_file_advises_of_sampling_is_for_requests_that_say_nothing(tmp_pa
     [
         ({"general__sampling__temp": 1}, "general.sampling.temp is 1; expected a float"),
         ({"llama__expert_count": 8}, "llama.expert_used_count is None"),
-        (
-            {"llama__expert_count": 8, "llama__expert_used_count": 2},
-            "no tensor 'ffn_down_exps.weight' in any layer",
-        ),
+        ({"llama__expert_count": 8, "llama__expert_used_count": 2}, "no tensor 'ffn_down_exps.weight' in any layer"),
         ({"llama__attention__value_length": 16}, "values"),
         ({"llama__attention__sliding_window": 1 << 31}, "sliding_window"),
         ({"llama__attention__key_length": 15}, r"x\.gguf has a head_dim of 15; RoPE needs an even one"),

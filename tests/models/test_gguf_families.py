@@ -112,10 +112,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", EXPERTS | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
     "deepseek_v32": ("deepseek_v32", EXPERTS | {"index_topk": 9, "index_n_heads": 24, "index_head_dim": 16}),
     "glm_moe_dsa": ("glm_moe_dsa", EXPERTS | {"index_topk": 9, "index_n_heads": 24, "index_head_dim": 16}),
-    "glm4_moe": (
-        "glm4_moe",
-        GLM | {"attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.7},
-    ),
+    "glm4_moe": ("glm4_moe", GLM | {"attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.7}),
     "glm4_moe air": ("glm4_moe", GLM | {"n_shared_experts": 2}),
     "minimax_m2": ("minimax_m2", {"head_dim": 24, "num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 12}),
     "minicpm3": ("minicpm3", LATENT | {"v_head_dim": 16, "dim_model_base": 256, "scale_depth": 1.4, "scale_emb": 12}),

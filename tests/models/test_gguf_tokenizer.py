@@ -151,11 +151,7 @@ def test_known_ends_of_text_end_it_whatever_the_file_names(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("pre", "pieces"),
-    [
-        ("smollm", ["Ġ", "1", "2", "1", "x"]),
-        ("qwen2", ["Ġ", "1", "2", "1", "x"]),
-        ("llama-bpe", ["Ġ", "121", "x"]),
-    ],
+    [("smollm", ["Ġ", "1", "2", "1", "x"]), ("qwen2", ["Ġ", "1", "2", "1", "x"]), ("llama-bpe", ["Ġ", "121", "x"])],
 )
 def test_digits_are_split_as_the_vocabulary_was_trained(tmp_path: Path, pre: str, pieces: list[str]) -> None:
     assert build(write(tmp_path / "x.gguf", byte_level(pre))).encode(" 121x").tokens == pieces

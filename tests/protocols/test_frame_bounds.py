@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lamina_protocols.frames import codec
-from lamina_protocols.frames.bounds import (
-    MAX_COMMANDED_TOKENS,
-    MAX_OPERATIONS,
-    MAX_PAYLOAD,
-    most_rows,
-    most_tokens,
-)
+from lamina_protocols.frames.bounds import MAX_COMMANDED_TOKENS, MAX_OPERATIONS, MAX_PAYLOAD, most_rows, most_tokens
 from lamina_protocols.frames.layer_frames import HEAD_SIZE, frames_between
 from lamina_protocols.messages import messages as m
 from lamina_protocols.messages.layers import LATENT, Index, LayerSpec

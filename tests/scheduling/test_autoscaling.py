@@ -152,11 +152,7 @@ def test_when_kv_is_full_is_said_by_growth_and_queue() -> None:
     assert scaler.decide(replace(load, left=9_000, queued=9_500, generated=1_000), 20.0).full_in == 0.0
 
 
-@given(
-    rates=st.lists(st.floats(0, 4000), min_size=1, max_size=8),
-    least=st.integers(0, 3),
-    most=st.integers(0, 3),
-)
+@given(rates=st.lists(st.floats(0, 4000), min_size=1, max_size=8), least=st.integers(0, 3), most=st.integers(0, 3))
 def test_it_stays_in_its_range_and_does_not_swing_at_a_steady_load(rates: list[float], least: int, most: int) -> None:
     play = Play(Autoscaler(least, least + most))
     for rate in rates:

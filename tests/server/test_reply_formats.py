@@ -94,9 +94,7 @@ def plan(tokenizer: Tokenizer, **fields: Any) -> ReplyPlan:
     return ReplyFormat.of(tokenizer).plan(**{"tools": TOOLS, **fields})
 
 
-def test_the_grammar_lets_calls_of_known_functions_through_and_nothing_like_them(
-    family: tuple[str, Tokenizer],
-) -> None:
+def test_the_grammar_lets_calls_of_known_functions_through_and_nothing_like_them(family: tuple[str, Tokenizer]) -> None:
     name, tokenizer = family
     oslo, add, ping = FAMILIES[name][3]
     tagged = f"<|python_tag|>{oslo}" if name == "llama 3" else oslo

@@ -375,11 +375,7 @@ def test_keys(llm: LLM) -> None:
     script, counts = Script(says("284")), Counts()
     with serving(None, counts, scripted(llm, script), api_keys=("one", "two")) as rig:
         for path in ("/v1/models", "/metrics", "/lamina/status", "/openapi.json", "/nowhere"):
-            for headers in (
-                {},
-                {"Authorization": "Bearer three"},
-                {"Authorization": "Basic one"},
-            ):
+            for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"}):
                 reply = rig.ask(path, **headers)
                 assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
                 assert reply.headers["www-authenticate"] == "Bearer"

@@ -215,10 +215,7 @@ EXTRA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stop_token_ids": ({"stop_token_ids": [28], "logit_bias": {"28": 100}}, {"logit_bias": {"28": 100}}),
     "include_stop_str_in_output": ({"stop": "e", "include_stop_str_in_output": True}, {"stop": "e"}),
     "ignore_eos": ({"logit_bias": {"2": 100}, "ignore_eos": True}, {"logit_bias": {"2": 100}}),
-    "skip_special_tokens": (
-        {"logit_bias": {"0": 100}, "skip_special_tokens": False},
-        {"logit_bias": {"0": 100}},
-    ),
+    "skip_special_tokens": ({"logit_bias": {"0": 100}, "skip_special_tokens": False}, {"logit_bias": {"0": 100}}),
     "allowed_token_ids": ({"allowed_token_ids": [2000, 2001]}, {}),
     "truncate_prompt_tokens": ({"truncate_prompt_tokens": 2}, {}),
     "policy": ({"policy": "streaming(sink=0, recent=1)"}, {}),

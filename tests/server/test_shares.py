@@ -61,9 +61,7 @@ def test_what_does_not_fit_cannot_be_taken() -> None:
         shares.take("a")
 
 
-@given(
-    st.dictionaries(st.sampled_from(KEYS), st.lists(st.integers(1, 256), min_size=1, max_size=40), min_size=2),
-)
+@given(st.dictionaries(st.sampled_from(KEYS), st.lists(st.integers(1, 256), min_size=1, max_size=40), min_size=2))
 def test_keys_that_always_wait_get_the_same(asked: dict[str, list[int]]) -> None:
     """Requests were served as they came, so those of whoever sent the most."""
     shares = KeyShares(1 << 20, len(asked))

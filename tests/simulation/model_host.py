@@ -155,11 +155,7 @@ class ReplicaHosts:
         load: Any = lambda begin, folder, progress: _Parts(process, self._model, begin)  # noqa: E731
         with contextlib.suppress(LaminaError):
             PeerWorker(
-                channel,
-                process.name,
-                load=load,
-                waits=waits(process),
-                edges=edges(process, self._time, self._hosts),
+                channel, process.name, load=load, waits=waits(process), edges=edges(process, self._time, self._hosts)
             ).serve()
         self._time.after(0.0, self._ended, process)
 

@@ -12,14 +12,7 @@ from typing import Any, Protocol
 
 from lamina.client.interface import EngineClient
 from lamina.client.remote import EngineHost, RemoteEngine
-from lamina.messages.engine_messages import (
-    Command,
-    Event,
-    pack_commands,
-    pack_events,
-    unpack_commands,
-    unpack_events,
-)
+from lamina.messages.engine_messages import Command, Event, pack_commands, pack_events, unpack_commands, unpack_events
 from lamina.messages.engine_request import EngineRequest
 
 
@@ -96,11 +89,7 @@ class _Direction:
     that stands still takes them afterwards."""
 
     def __init__(
-        self,
-        time: Time,
-        delay: Callable[[], float],
-        take: Callable[[bytes], None],
-        receiver: Process | None = None,
+        self, time: Time, delay: Callable[[], float], take: Callable[[bytes], None], receiver: Process | None = None
     ) -> None:
         self._time, self._delay, self._take, self._receiver = time, delay, take, receiver
         self._last = 0.0

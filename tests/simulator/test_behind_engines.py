@@ -158,8 +158,7 @@ def test_the_event_loop_agrees() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
-    [("deepseek-v2-lite", "has latents"), ("nemotron-h-8b", "has layers with states")],
+    ("name", "said"), [("deepseek-v2-lite", "has latents"), ("nemotron-h-8b", "has layers with states")]
 )
 def test_models_that_the_plugin_does_not_send_to_workers_are_refused(name: str, said: str) -> None:
     with pytest.raises(InvalidRequest, match=f"'{name}' {said}; allowed behind vllm are models with plain KV alone"):

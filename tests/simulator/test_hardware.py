@@ -11,17 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.hardware import (
-    KINDS,
-    ROOFLINE,
-    Device,
-    Efficiency,
-    Link,
-    at,
-    dumps,
-    load,
-    loads,
-)
+from lamina.simulator.costs.hardware import KINDS, ROOFLINE, Device, Efficiency, Link, at, dumps, load, loads
 from lamina.simulator.costs.model_configs import model
 from lamina.system.toml_models import MAX_BYTES
 

@@ -79,10 +79,7 @@ def test_a_file_says_what_there_is(tmp_path: Path) -> None:
     ]
     assert [link.name for link in found.links] == ["fhbn-400g", "my-link"]
     assert found.systems == ("chunked", "lamina")
-    assert found.policies == (
-        KvPolicy("auto", 0.31, 1.0),
-        KvPolicy("streaming(sink=64, recent=1024)", 0.5, 0.5, 1088),
-    )
+    assert found.policies == (KvPolicy("auto", 0.31, 1.0), KvPolicy("streaming(sink=64, recent=1024)", 0.5, 0.5, 1088))
     assert found.count(found.have[1].device) == 2
     assert found.count(hardware.load().device("h20")) == 0
 

@@ -153,9 +153,7 @@ def thousand() -> tuple[list[Ranked], list[tuple[int, int]]]:
     return found, told
 
 
-def test_a_thousand_candidates_are_ranked_with_progress(
-    thousand: tuple[list[Ranked], list[tuple[int, int]]],
-) -> None:
+def test_a_thousand_candidates_are_ranked_with_progress(thousand: tuple[list[Ranked], list[tuple[int, int]]]) -> None:
     found, told = thousand
     assert len(found) == len({each.name for each in found})
     assert [done for done, _ in told] == sorted(done for done, _ in told)

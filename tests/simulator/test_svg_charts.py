@@ -73,13 +73,7 @@ def test_a_wide_range_is_logarithmic() -> None:
     assert "1.00 / 3.00" in narrow
 
 
-@given(
-    st.lists(st.tuples(SIZES, SIZES), max_size=20),
-    SIZES,
-    SIZES,
-    st.booleans(),
-    NAMES,
-)
+@given(st.lists(st.tuples(SIZES, SIZES), max_size=20), SIZES, SIZES, st.booleans(), NAMES)
 @settings(max_examples=60)
 def test_panel(line: list[tuple[float, float]], seconds: float, high: float, percent: bool, name: str) -> None:
     curves = [Curve("model", tuple(line), name), Curve("attention", ())]

@@ -402,10 +402,6 @@ def test_an_excerpt_is_like_the_whole() -> None:
     for name in ("azure-conv", "azure-code"):
         whole = trace(name)
         part = windows(whole, 2000)
-        for measured in (
-            lambda a: a.prompt,
-            lambda a: a.output,
-            lambda a: a.output * (a.prompt + a.output / 2),
-        ):
+        for measured in (lambda a: a.prompt, lambda a: a.output, lambda a: a.output * (a.prompt + a.output / 2)):
             means = [np.mean([measured(arrival) for arrival in each.arrivals]) for each in (part, whole)]
             assert means[0] == pytest.approx(means[1], rel=0.03)

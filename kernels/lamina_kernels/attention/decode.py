@@ -151,11 +151,7 @@ class Grown:
         self._until: list[int] = np.where(late, edge, EVERYTHING).tolist() if late.any() else []
 
     def next(
-        self,
-        start: Sequence[int],
-        count: Sequence[int],
-        hi: Sequence[int],
-        moved: Mapping[int, Table] = _NONE_MOVED,
+        self, start: Sequence[int], count: Sequence[int], hi: Sequence[int], moved: Mapping[int, Table] = _NONE_MOVED
     ) -> Plan:
         """As `select.Grown.next`: the same plan as before, or another one."""
         near = max(start) < self._deal_at and not any(map(gt, start, self._until))

@@ -37,11 +37,7 @@ PIECE = np.dtype(
     ]
 )
 SCORES = np.dtype(
-    [
-        *HEADER,
-        *PAGES,
-        *((name, "i8") for name in ("pieces", "scratch", "heads", "stride", "steps", "words")),
-    ]
+    [*HEADER, *PAGES, *((name, "i8") for name in ("pieces", "scratch", "heads", "stride", "steps", "words"))]
 )
 
 

@@ -21,15 +21,7 @@ from lamina_kernels.attention import moves as cpu_moves
 from lamina_kernels.attention import strips
 from lamina_kernels.attention.microkernels import BLOCK, ROW, TILE, Accumulate, Dot
 from lamina_kernels.attention.moves import PAGES
-from lamina_kernels.attention.strips import (
-    STRIPS,
-    collect_scales,
-    floats,
-    locate,
-    look_ahead,
-    numbers,
-    strip_of,
-)
+from lamina_kernels.attention.strips import STRIPS, collect_scales, floats, locate, look_ahead, numbers, strip_of
 from lamina_kernels.compile import emitter, intrinsics
 from lamina_kernels.compile import launch as launching
 from lamina_kernels.compile.emitter import Kind

@@ -172,13 +172,7 @@ class Routed:
 
 
 def add_experts(
-    builder: Builder,
-    experts: Routed,
-    x: int,
-    logits: int,
-    sums: int = 0,
-    out: int = 0,
-    shared: int = 0,
+    builder: Builder, experts: Routed, x: int, logits: int, sums: int = 0, out: int = 0, shared: int = 0
 ) -> list[Any]:
     """The steps from logits, and rows at x, to their sums: float32 at `sums`, or numbers at `out`. shared: what the
     shared expert gives. The blocks of the choice, of what reads x, and of the sum."""

@@ -178,8 +178,7 @@ def attend(
     those are quantised; sums are float32."""
     check_attend(pages, plan, layer, q, scale, soft_cap, out)
     result = Partial(
-        q.new_empty(plan.n, pages.layout.d_v) if out is None else out,
-        torch.empty(plan.n, device=q.device),
+        q.new_empty(plan.n, pages.layout.d_v) if out is None else out, torch.empty(plan.n, device=q.device)
     )
     arguments = plan.arguments | {
         "q": q.contiguous(),

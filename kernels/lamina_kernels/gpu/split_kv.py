@@ -36,20 +36,9 @@ RECORD = (
     "partial",
 )
 FIELDS = tl.constexpr(len(RECORD))
-(
-    _Q,
-    _STRIDE,
-    _GROUP,
-    ROWS_OF,
-    _POSITION,
-    LO,
-    HI,
-    _WINDOW,
-    _TABLE,
-    _LAYER_STRIDE,
-    _LISTED,
-    PARTIAL,
-) = (tl.constexpr(i) for i in range(len(RECORD)))
+(_Q, _STRIDE, _GROUP, ROWS_OF, _POSITION, LO, HI, _WINDOW, _TABLE, _LAYER_STRIDE, _LISTED, PARTIAL) = (
+    tl.constexpr(i) for i in range(len(RECORD))
+)
 
 MAX_SPLITS = 128  # num_splits_heuristic of FlashAttention-2 (flash_api.cpp), as the two numbers in split_count
 FULL, NEARLY_BEST = 0.8, 0.85

@@ -62,8 +62,7 @@ class CountTokensRequest(Strict):
         None, description='{"type": "auto" | "any" | "none" | "tool", "name": ..., "disable_parallel_tool_use"}'
     )
     thinking: Annotated[Any, described({"type": "object", "required": ["type"]}, {"type": "null"})] = Field(
-        None,
-        description='{"type": "enabled", "budget_tokens": ...}, {"type": "adaptive"}, or disabled (default).',
+        None, description='{"type": "enabled", "budget_tokens": ...}, {"type": "adaptive"}, or disabled (default).'
     )
     output_config: Annotated[Any, described({"type": "object"}, {"type": "null"})] = Field(
         None, description='{"effort": ..., "format": {"type": "json_schema", "schema": ...}}'

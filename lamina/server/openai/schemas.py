@@ -187,10 +187,7 @@ class GenerationRequest(SamplingRequest):
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     n: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Choices for each prompt.")
     max_tokens: int | None = Field(
-        None,
-        ge=1,
-        le=2**31 - 1,
-        description="The most tokens to generate. Default: what the context has room for.",
+        None, ge=1, le=2**31 - 1, description="The most tokens to generate. Default: what the context has room for."
     )
     structured_outputs: AnyObject = Field(
         None, description="vLLM's: exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`."

@@ -68,10 +68,7 @@ def main() -> int:
         target=_listen, args=(messages, workers, stop, ended), name="lamina-supervisor", daemon=True
     ).start()
     threading.Thread(
-        target=_serve,
-        args=(supervisor, order, workers, stop, ended),
-        name="lamina-serve",
-        daemon=True,
+        target=_serve, args=(supervisor, order, workers, stop, ended), name="lamina-serve", daemon=True
     ).start()
     status = ended.get()
     os._exit(status)  # threads of torch, grpc or Ray may be anywhere; all that must be closed is closed

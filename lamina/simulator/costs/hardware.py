@@ -227,9 +227,7 @@ def with_efficiency(catalogue: Catalogue, efficiency: Efficiency) -> Catalogue:
 
 
 def dumps(
-    devices: Iterable[Device],
-    links: Iterable[Link] = (),
-    engines: Mapping[str, Efficiency] | None = None,
+    devices: Iterable[Device], links: Iterable[Link] = (), engines: Mapping[str, Efficiency] | None = None
 ) -> str:
     """TOML that `load` and `loads` read back as the same; what has its default is left out."""
     parts = []

@@ -85,8 +85,7 @@ def default(catalogue: Catalogue) -> Inventory:
     as an example: the smallest that clouds rent, of what engines were measured on, and what the paper attends with."""
     counts = (("h100", 8), ("h200", 8), ("h20", 8), ("epyc-genoa", 4))
     return Inventory(
-        have=tuple(Have(catalogue.device(name), count) for name, count in counts),
-        links=(catalogue.link("fhbn-400g"),),
+        have=tuple(Have(catalogue.device(name), count) for name, count in counts), links=(catalogue.link("fhbn-400g"),)
     )
 
 

@@ -36,11 +36,7 @@ from lamina.simulator.planning.deployment import differences, undeployable
 from lamina.system.text_files import toml_value, write_text
 from lamina.system.toml_models import Table, read_tables, validated
 
-KINDS: Mapping[str, type[System]] = {
-    "colocated": Colocated,
-    "disaggregated": Disaggregated,
-    "offloaded": Offloaded,
-}
+KINDS: Mapping[str, type[System]] = {"colocated": Colocated, "disaggregated": Disaggregated, "offloaded": Offloaded}
 _MAX_LAYERS, _MAX_PARAMETERS = 1 << 16, 10**18
 _T = TypeVar("_T")
 

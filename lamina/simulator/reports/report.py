@@ -23,16 +23,7 @@ from lamina.simulator.costs.offloaded import UNBOUNDED
 from lamina.simulator.costs.shapes import STATE_RECORDS, ModelShape
 from lamina.simulator.costs.systems import System
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
-from lamina.simulator.reports.data import (
-    KEPT,
-    NONE_KEEPS,
-    UNKNOWN,
-    best_of,
-    checked,
-    columns,
-    labels,
-    printable,
-)
+from lamina.simulator.reports.data import KEPT, NONE_KEEPS, UNKNOWN, best_of, checked, columns, labels, printable
 
 VERSION = 1
 """The version of the JSON. It rises when a key changes its meaning."""

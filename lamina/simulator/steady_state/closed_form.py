@@ -140,14 +140,7 @@ def sequences(system: System, demand: Demand) -> int:
 
 @lru_cache(maxsize=1 << 14)
 def _estimate(
-    system: System,
-    replicas: int,
-    demand: Demand,
-    slo: Slo,
-    prefill: bool,
-    requests: int,
-    needed: float,
-    partly: bool,
+    system: System, replicas: int, demand: Demand, slo: Slo, prefill: bool, requests: int, needed: float, partly: bool
 ) -> Estimate:
     """Remembered, as prices do not change it."""
     try:

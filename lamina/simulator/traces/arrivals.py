@@ -251,7 +251,5 @@ def spread(trace: Trace) -> Trace:
     remark = f"times were rounded to {step:.3g} s; they are spread within it by chance"
     moved = zip(trace.arrivals, later.tolist(), strict=True)
     return replace(
-        trace,
-        arrivals=tuple(replace(arrival, at=when) for arrival, when in moved),
-        remarks=(*trace.remarks, remark),
+        trace, arrivals=tuple(replace(arrival, at=when) for arrival, when in moved), remarks=(*trace.remarks, remark)
     )

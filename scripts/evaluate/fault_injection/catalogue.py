@@ -57,10 +57,7 @@ ATTENTION = (
         checks=(*USUAL, Counted("lost_holders", 2, 2)),
     ),
     Scenario(
-        "only worker killed",
-        "SIGKILL at the only attention worker",
-        (Signal("attention worker"),),
-        Setup(workers=1),
+        "only worker killed", "SIGKILL at the only attention worker", (Signal("attention worker"),), Setup(workers=1)
     ),
     Scenario(
         "worker frozen",

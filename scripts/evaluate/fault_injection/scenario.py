@@ -39,12 +39,7 @@ Texts = Callable[[Load, set[int]], dict[int, str]]
 
 
 def run(
-    scenario: Scenario,
-    model: str,
-    folder: Path,
-    texts: Texts,
-    previous: Path | None = None,
-    seconds: float = 8.0,
+    scenario: Scenario, model: str, folder: Path, texts: Texts, previous: Path | None = None, seconds: float = 8.0
 ) -> Result:
     """Start the service, let clients stream for `seconds`, have the events happen, wait until it has recovered (twice
     the time that it may take at most), and let them stream on for `seconds`. Raises RuntimeError or OSError where the

@@ -12,14 +12,7 @@ from engine_rig import DEVICE
 
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.layers import BlockConfig, ColdTier, HolderConfig, LayerSpec
-from lamina_protocols.messages.messages import (
-    Announced,
-    Announcement,
-    Attended,
-    BlockTables,
-    Exchange,
-    Survey,
-)
+from lamina_protocols.messages.messages import Announced, Announcement, Attended, BlockTables, Exchange, Survey
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.errors import KVError, UnsupportedModelError
 

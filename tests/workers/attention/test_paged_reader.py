@@ -165,10 +165,7 @@ def batches(draw: st.DrawFn) -> list[tuple[int, tuple[int, ...], int, Row]]:
 )
 @settings(max_examples=60, deadline=None)
 def test_reader_agrees_with_dense_attention_whatever_rows_and_policies_meet(
-    made: list[tuple[int, tuple[int, ...], int, Row]],
-    policies: list[str],
-    window: int | None,
-    soft_cap: float | None,
+    made: list[tuple[int, tuple[int, ...], int, Row]], policies: list[str], window: int | None, soft_cap: float | None
 ) -> None:
     rig = Rig(*policies, window=window, soft_cap=soft_cap)
     for lo, heads, held, row in made:

@@ -133,10 +133,7 @@ def test_what_lives_across_a_cut_comes_back_as_it_was() -> None:
     from lamina_workers.converted.recording import Ref, Size
 
     tokens = Size(1, 0)
-    parts = [
-        Live(Ref(1), torch.bfloat16, (1, tokens, 6), 1, 6),
-        Live(Ref(2), torch.float32, (1, 3, tokens, 2), 2, 6),
-    ]
+    parts = [Live(Ref(1), torch.bfloat16, (1, tokens, 6), 1, 6), Live(Ref(2), torch.float32, (1, 3, tokens, 2), 2, 6)]
     live = [torch.randn(1, 5, 6).bfloat16(), torch.randn(1, 3, 5, 2)]
     packed = packed_of(parts, live, torch.zeros(5))
     assert packed.shape == (5, 6 * 2 + 6 * 4)

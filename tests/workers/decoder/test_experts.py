@@ -23,10 +23,7 @@ ROUTERS = {
     "softmax": (MoeConfig(EXPERTS, TOP_K, INNER, normalize=False), False),
     "normalized": (MoeConfig(EXPERTS, TOP_K, INNER, normalize=True, choice=Choice(scale=2.5)), False),
     "groups": (MoeConfig(EXPERTS, TOP_K, INNER, normalize=False, choice=Choice(groups=4, top_groups=2)), False),
-    "sigmoid": (
-        MoeConfig(EXPERTS, TOP_K, INNER, normalize=True, choice=Choice(3, 1, sigmoid=True, scale=1.5)),
-        True,
-    ),
+    "sigmoid": (MoeConfig(EXPERTS, TOP_K, INNER, normalize=True, choice=Choice(3, 1, sigmoid=True, scale=1.5)), True),
 }
 GATINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu_mul,

@@ -318,11 +318,7 @@ def test_kinds_of_layers_as_older_configs_write_them() -> None:
         ),
         ("falcon_h1", {"attention_bias": True}, "attention_bias is not supported with attention_in_multiplier"),
         ("falcon_h1", {"mamba_proj_bias": True}, "mamba_proj_bias is not supported with ssm_multipliers"),
-        (
-            "qwen3_next",
-            {"hidden_act": "gelu_pytorch_tanh"},
-            "hidden_act 'gelu_pytorch_tanh' is not supported",
-        ),
+        ("qwen3_next", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_pytorch_tanh' is not supported"),
         ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act 'gelu' is not supported with states"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "hidden_act 'silu' is not supported; supported: 'relu2'"),
     ],

@@ -11,11 +11,7 @@ from lamina_workers.decoder.prompt_scores import PromptScorer
 VOCABULARY, WIDTH, TOKENS = 70, 8, 12
 HIDDEN = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
 HEAD = torch.randn(WIDTH, VOCABULARY, generator=torch.Generator().manual_seed(2))
-ASKED = [
-    PromptTokens(0, 3, 4, (1, 2, 3, 4), 2),
-    PromptTokens(5, 0, 2),
-    PromptTokens(8, 9, 3, (0, 0, 69), 0),
-]
+ASKED = [PromptTokens(0, 3, 4, (1, 2, 3, 4), 2), PromptTokens(5, 0, 2), PromptTokens(8, 9, 3, (0, 0, 69), 0)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])

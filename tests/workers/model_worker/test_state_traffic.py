@@ -13,16 +13,7 @@ from exchange_peers import EXCHANGES, Joints, exchanged
 from state_layers import D_V, HEADS, KINDS, Inputs, config, constants
 
 from lamina_protocols.frames.tensors import FLOAT_NAMES
-from lamina_protocols.messages.messages import (
-    Advance,
-    Advanced,
-    Announced,
-    Announcement,
-    Attended,
-    Fault,
-    Open,
-    Row,
-)
+from lamina_protocols.messages.messages import Advance, Advanced, Announced, Announcement, Attended, Fault, Open, Row
 from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import StateReady

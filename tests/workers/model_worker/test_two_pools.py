@@ -13,14 +13,7 @@ from pairwise import crossing
 from two_pools import attend, pool_numbers, two_pools
 
 from lamina_protocols.messages.layers import HolderConfig
-from lamina_protocols.messages.messages import (
-    Announced,
-    Announcement,
-    Close,
-    Open,
-    Operation,
-    Row,
-)
+from lamina_protocols.messages.messages import Announced, Announcement, Close, Open, Operation, Row
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import KeyValueReady, QueryReady

@@ -237,10 +237,7 @@ def test_a_secret_is_good_once_and_only_the_right_one(rig: Rig) -> None:
 
 @pytest.mark.parametrize(
     ("hello", "why"),
-    [
-        (("model-2",), "expected the Hello of model-1"),
-        (("model-1", PROTOCOL_VERSION - 2), "protocol version"),
-    ],
+    [(("model-2",), "expected the Hello of model-1"), (("model-1", PROTOCOL_VERSION - 2), "protocol version")],
 )
 def test_who_is_somebody_else_does_not_begin(rig: Rig, hello: tuple[Any, ...], why: str) -> None:
     channel = rig.connect(rig.listener.invite(1, "model-1"))

@@ -40,14 +40,7 @@ from lamina_workers.decoder.sampler import RowSampling, sample
 from lamina_workers.errors import RankLost
 from lamina_workers.model_worker.attention_merge import LayerExchange
 from lamina_workers.model_worker.interface import Waiting
-from lamina_workers.model_worker.layer_slices import (
-    Waits,
-    chosen,
-    likeliest,
-    plain_rows,
-    rotates,
-    rotation,
-)
+from lamina_workers.model_worker.layer_slices import Waits, chosen, likeliest, plain_rows, rotates, rotation
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.peer_worker import PeerWorker
@@ -194,12 +187,7 @@ class Rotating:
         self._stack.callback(server.stop, 0.0)
         self.servers.append(server)
         port = connect(
-            address,
-            f"worker-{len(self.servers)}",
-            config,
-            "float32",
-            fingerprint(self._model),
-            SeatOptions(ENGINE),
+            address, f"worker-{len(self.servers)}", config, "float32", fingerprint(self._model), SeatOptions(ENGINE)
         )
         self._stack.callback(port.close)
         return port
@@ -262,8 +250,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("fuses", [True, False])
 @pytest.mark.parametrize(
-    ("replicas", "lanes", "count", "shard"),
-    [(2, 1, 1, "heads"), (2, 3, 2, "sequence"), (3, 4, 2, "heads+sequence")],
+    ("replicas", "lanes", "count", "shard"), [(2, 1, 1, "heads"), (2, 3, 2, "sequence"), (3, 4, 2, "heads+sequence")]
 )
 def test_one_text(model, expected, replicas, lanes, count, shard, fuses):
     check_one_text(model, expected, replicas, lanes, count, shard, fuses)

@@ -269,7 +269,7 @@ class AttentionServer:
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
         server.add_generic_rpc_handlers(
-            (handlers(self, config.max_message, config.max_frame, self._arriving), health_handlers(self)),
+            (handlers(self, config.max_message, config.max_frame, self._arriving), health_handlers(self))
         )
         try:
             self._certificates = ServerCertificates(credentials, config.mutual_tls, config.renewed)

@@ -292,10 +292,7 @@ class AttentionWorker:
         return Announced(message.epoch, message.batch, True, self.free_pages, floors, "", usages, (), samples)
 
     def _update(
-        self,
-        operations: Sequence[Sequence[Operation]],
-        rows: Sequence[Sequence[Row]],
-        numbers: Sequence[Sequence[int]],
+        self, operations: Sequence[Sequence[Operation]], rows: Sequence[Sequence[Row]], numbers: Sequence[Sequence[int]]
     ) -> tuple[int, ...]:
         """Update all pools, or none: the floor of each row. Raises as a pool does; where some parts are torn, with the
         starts of all rows."""

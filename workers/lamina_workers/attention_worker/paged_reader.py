@@ -163,13 +163,7 @@ class PagedReader:
     """For one worker and its thread. Parts without a policy of their own have `policies`."""
 
     def __init__(
-        self,
-        config: HolderConfig,
-        policies: HeadPolicies,
-        kernels: Kernels,
-        pages: Pages,
-        store: KVStore,
-        threads: int,
+        self, config: HolderConfig, policies: HeadPolicies, kernels: Kernels, pages: Pages, store: KVStore, threads: int
     ) -> None:
         self._config = config
         self._kernels = kernels

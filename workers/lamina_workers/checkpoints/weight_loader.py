@@ -326,11 +326,7 @@ class Loader:
             self._reason = f", since kernels cannot keep it as {kind}: {name} {shape}{where} is the first"
 
     def _join(
-        self,
-        names: Sequence[str],
-        rows: Sequence[Sequence[slice]],
-        columns: slice = EVERY,
-        counts: bool = True,
+        self, names: Sequence[str], rows: Sequence[Sequence[slice]], columns: slice = EVERY, counts: bool = True
     ) -> torch.Tensor:
         """The tensors `names`, concatenated along their first dimension in a copy of the loader's dtype. `counts`: they
         are not wanted again."""

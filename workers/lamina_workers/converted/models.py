@@ -151,10 +151,7 @@ def load_model(
 
 
 def decoder_of(
-    config: ModelConfig,
-    weights: Weights,
-    shard: Shard = WHOLE,
-    collective: Collective | None = None,
+    config: ModelConfig, weights: Weights, shard: Shard = WHOLE, collective: Collective | None = None
 ) -> Decoder:
     """The decoder, in the way that is fastest on its device."""
     if isinstance(weights, ConvertedWeights):

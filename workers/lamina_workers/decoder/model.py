@@ -140,12 +140,7 @@ def project(
 
 
 def split(
-    config: ModelConfig,
-    layer: MixerWeights,
-    projected: torch.Tensor,
-    heads: int,
-    kv_heads: int,
-    rotation: Rotation,
+    config: ModelConfig, layer: MixerWeights, projected: torch.Tensor, heads: int, kv_heads: int, rotation: Rotation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q `[T, heads, d_k]`, k `[T, kv_heads, d_k]` and v `[T, kv_heads, d_v]` from what `layer` projects of them, side
     by side. Either number of heads may be 0."""
@@ -167,11 +162,7 @@ def split(
 
 
 def _over_latents(
-    latent: LatentAttention,
-    projected: torch.Tensor,
-    heads: int,
-    kv_heads: int,
-    rotation: Rotation,
+    latent: LatentAttention, projected: torch.Tensor, heads: int, kv_heads: int, rotation: Rotation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v; without `heads` no q, without `kv_heads` no k, and no v either way."""
     first = query_rows(latent.config, heads) if heads else 0
@@ -258,11 +249,7 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        weights: DecoderWeights,
-        shard: Shard = WHOLE,
-        collective: Collective | None = None,
+        self, config: ModelConfig, weights: DecoderWeights, shard: Shard = WHOLE, collective: Collective | None = None
     ) -> None:
         """config: of the whole model, `with_ranks`. collective: needed by a rank of several, and replaceable."""
         self.config = local(config, shard)
@@ -411,12 +398,7 @@ class Decoder:
         self._spans[True] = None if plain is None else decoder_spans(self.config, self._weights, query_first=True)
 
     def _span(
-        self,
-        index: int,
-        hidden: torch.Tensor,
-        attended: torch.Tensor | None,
-        rotation: Rotation,
-        query_first: bool,
+        self, index: int, hidden: torch.Tensor, attended: torch.Tensor | None, rotation: Rotation, query_first: bool
     ) -> tuple[torch.Tensor, Entering]:
         """The residual stream that enters layer `index`, or the end, and what a span has made of it.
 
@@ -446,12 +428,7 @@ class Decoder:
         return logits if self.config.logit_soft_cap is None else soft_cap(logits, self.config.logit_soft_cap)
 
     def _to_attention(
-        self,
-        index: int,
-        hidden: torch.Tensor,
-        rotation: Rotation,
-        entering: Entering,
-        query_first: bool,
+        self, index: int, hidden: torch.Tensor, rotation: Rotation, entering: Entering, query_first: bool
     ) -> Generator[Event, torch.Tensor | None, torch.Tensor | None]:
         """The attention output of layer `index`, which `hidden` enters."""
         if query_first:

@@ -88,11 +88,7 @@ FAMILIES = {
         experts=_MIXTRAL_EXPERTS,
     ),
     "Qwen3MoeForCausalLM": Family(
-        "qwen3_moe",
-        {"sliding_window": 4096},
-        qk_norm="head",
-        windows="flag",
-        expert_size="moe_intermediate_size",
+        "qwen3_moe", {"sliding_window": 4096}, qk_norm="head", windows="flag", expert_size="moe_intermediate_size"
     ),
     "Qwen2MoeForCausalLM": Family(
         "qwen2_moe",
@@ -162,9 +158,7 @@ FAMILIES = {
         interleaved=True,
     ),
     "SeedOssForCausalLM": Family(
-        "seed_oss",
-        {"head_dim": 128, "num_key_value_heads": 8, "attention_bias": True},
-        o_bias="attention_out_bias",
+        "seed_oss", {"head_dim": 128, "num_key_value_heads": 8, "attention_bias": True}, o_bias="attention_out_bias"
     ),
     "HunYuanDenseV1ForCausalLM": Family(
         "hunyuan_v1_dense",
@@ -221,12 +215,7 @@ FAMILIES = {
     "DeepseekV2ForCausalLM": Family(
         "deepseek_v2", _DEEPSEEK | {"n_shared_experts": 2, "moe_intermediate_size": 1407}, **_LATENT, groups="softmax"
     ),
-    "DeepseekV3ForCausalLM": Family(
-        "deepseek_v3",
-        _DEEPSEEK_V3,
-        **_LATENT,
-        groups="sigmoid",
-    ),
+    "DeepseekV3ForCausalLM": Family("deepseek_v3", _DEEPSEEK_V3, **_LATENT, groups="sigmoid"),
     "DeepseekV32ForCausalLM": Family("deepseek_v32", _DEEPSEEK_V32, **_LATENT, groups="sigmoid", index="tokens"),
     "GlmMoeDsaForCausalLM": Family(
         "glm_moe_dsa",
@@ -257,11 +246,7 @@ FAMILIES = {
         expert_size="intermediate_size",
         experts=_MIXTRAL_EXPERTS,
         states=States(
-            "lightning",
-            "self_attn",
-            {"qkv_proj": ("q", "k", "v"), "output_gate": ("z",)},
-            by_head=True,
-            gate="sigmoid",
+            "lightning", "self_attn", {"qkv_proj": ("q", "k", "v"), "output_gate": ("z",)}, by_head=True, gate="sigmoid"
         ),
         normed_stream=True,
         factors={

@@ -32,7 +32,7 @@ _REQUIRED = {
 }
 # "finetuned" says only how a checkpoint came to be; the rest is read by name.
 _KEYS = {*_RANGES, "type", "rope_type", "rope_theta", "original_max_position_embeddings", "truncate"} | {
-    *("partial_rotary_factor", "finetuned", "short_factor", "long_factor", "alpha"),
+    *("partial_rotary_factor", "finetuned", "short_factor", "long_factor", "alpha")
 }
 _BESIDE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 # Places of a picture's parts; of text alone, all three are a token's position.

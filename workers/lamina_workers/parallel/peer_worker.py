@@ -16,14 +16,7 @@ import torch
 
 from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import Channel, Credentials
-from lamina_protocols.channels.versions import (
-    FEATURES,
-    HEARTBEAT,
-    PREVIOUS,
-    PREVIOUS_RELEASE,
-    PROTOCOL_VERSION,
-    shared,
-)
+from lamina_protocols.channels.versions import FEATURES, HEARTBEAT, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION, shared
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.attention_worker.device_worker import attention_worker

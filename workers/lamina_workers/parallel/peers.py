@@ -359,11 +359,7 @@ class RankGroup:
     """
 
     def __init__(
-        self,
-        peers: Sequence[Peer],
-        meeting: Callable[[int], collectives.Meeting],
-        device: torch.device,
-        timeout: float,
+        self, peers: Sequence[Peer], meeting: Callable[[int], collectives.Meeting], device: torch.device, timeout: float
     ) -> None:
         self.peers = {peer.rank: peer for peer in peers}
         self.timeout = timeout
