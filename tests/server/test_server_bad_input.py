@@ -164,7 +164,7 @@ TEXT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
         "prompt",
         "300 prompts and n is 1, with 75003900 bytes",
     ),
-    ({"suffix": "end"}, "suffix", "null or empty"),
+    ({"suffix": "end"}, "model", "no tokens for filling in"),
     ({"best_of": 3}, "best_of", "n, which is 1"),
     ({"echo": True, "logprobs": 1, "stream": True}, "echo", "only where stream is false"),
     ({"max_tokens": 0, "structured_outputs": {"regex": "a"}}, "max_tokens", "1 or more beside regex"),
