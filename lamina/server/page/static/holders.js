@@ -11,7 +11,7 @@ function hue(number) {
   return `oklch(${colour("--hues-lightness")} ${colour("--hues-chroma")} ${((number * 137.508) % 360).toFixed(1)})`;
 }
 
-const EMPTY = " · joined empty: new KV comes here, older KV where steps gain by the move";
+const EMPTY = " · empty: new KV comes here, older KV where steps gain by the move";
 const used = (holder) => holder.total_pages - holder.free_pages;
 const held = (holder) => Math.max(0, used(holder) - holder.cached_pages); // by sequences, shared pages counted once
 const inSequences = (holder) => holder.pages.reduce((sum, value) => sum + value, holder.other_pages);
@@ -61,7 +61,7 @@ class HolderMap {
     this.parts = segments(holder, sequences);
     write(this.name, holder.name);
     write(this.share, `${percent(held(holder) / holder.total_pages)} of ${pages(holder.total_pages)}`);
-    write(this.words, `${pages(inSequences(holder))} in sequences · ${count(holder.cached_pages)} in the cache · ${count(holder.free_pages)} free${used(holder) || !others ? "" : EMPTY}`);
+    write(this.words, `${pages(inSequences(holder))} in sequences · ${count(holder.cached_pages)} in the cache · ${count(holder.free_pages)} free${used(holder) || !others || !holder.address ? "" : EMPTY}`);
     this.canvas.setAttribute("aria-label", `KV pages of ${holder.name}: ${this.words.textContent}; the arrow keys go through them`);
   }
 
