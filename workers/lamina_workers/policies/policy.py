@@ -46,7 +46,10 @@ class View:
 
     def keys(self, position: int, lo: int, hi: int) -> int:
         """How many keys in [lo, hi) the query at this position sees."""
-        return sum(max(0, min(end, hi) - max(first, lo)) for first, end in self.seen(position))
+        if self.ranges is None:
+            return sum(max(0, min(end, hi) - max(first, lo)) for first, end in self.seen(position))
+        first, end = self.ranges.T  # there may be hundreds of thousands
+        return int(np.maximum(0, np.minimum(end, min(position + 1, hi)) - np.maximum(first, lo)).sum())
 
 
 @dataclass(frozen=True)
