@@ -132,7 +132,7 @@ RECIPES = {
         (
             Place((MESSAGES,), MESSAGES, {RAISED: PING}),
             Place(("Request", "Reply"), MESSAGES, {"Request = (": "    Ping |"}),
-            Place((CODEC,), CODEC, {"    21: m.BlockTables,": "    22: m.Ping,"}),
+            Place((CODEC,), CODEC, {"    21: m.BlockTables,": "    24: m.Ping,"}),
             Place(("MESSAGES", FUZZ), FUZZ, {
                 "MESSAGES = {": "m.Ping: st.builds(m.Ping, _int, _int, st.text()), ",
             }),

@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 _MESSAGES: dict[int, type] = {  # the tag is part of the protocol: never reuse one
     1: m.Announcement,
     2: m.Announced,
-    # 3, 4, 5, 7, 22 and 23 are those of `layer_frames`
+    # 3, 4, 5 and 7 are those of `layer_frames`
     6: m.Fault,
     8: m.Fetch,
     9: m.Fetched,
@@ -64,6 +64,7 @@ _MESSAGES: dict[int, type] = {  # the tag is part of the protocol: never reuse o
     19: FetchSample,
     20: FetchedSample,
     21: m.BlockTables,
+    # 22 and 23 are those of `layer_frames`
 }
 
 
