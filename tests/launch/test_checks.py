@@ -41,7 +41,7 @@ def test_what_is_possible_is_taken() -> None:
 
 
 def test_one_holder_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match=r'redundancy is "replica\(1\)" with attention_workers=0: .* only place for KV'):
+    with pytest.raises(InvalidRequest, match=r'redundancy is "replica\(1\)" with attention_workers=0: .* only place'):
         check("replica", ())
 
 
