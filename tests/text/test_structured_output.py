@@ -563,8 +563,9 @@ def llm():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_real_model_fits_its_schema(llm, schema: dict[str, Any], temperature: float) -> None:
     question = [{"role": "user", "content": "Invent something and describe it in JSON."}]
+    sampling = {"temperature": temperature, "top_p": 1.0, "max_tokens": 300}
     for seed in range(3):
-        completion = llm.chat(question, json_schema=schema, max_tokens=300, temperature=temperature, seed=seed, n=2)
+        completion = llm.chat(question, json_schema=schema, seed=seed, n=2, **sampling)
         for sample in completion.samples:
             assert sample.finish_reason == "stop"
             jsonschema.validate(json.loads(sample.text), schema)
